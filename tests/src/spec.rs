@@ -46,7 +46,7 @@ pub fn base(rootfs: &Path, script: &str) -> Value {
             mount("/run", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
         ],
         "linux": {
-            "cgroupsPath": "/kata-e2e/container",
+            "cgroupsPath": "/kata-e2e-container",
             "namespaces": [{ "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" }],
             "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list"],
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
