@@ -41,7 +41,7 @@ pub enum Program {
         /// Its arguments, without the program's name.
         args: Vec<OsString>,
     },
-    /// A part of our own executable that calls [`crate::attach`] or [`crate::enter`] and goes on.
+    /// A part of our own executable that calls [`crate::attach`] or [`crate::enter()`] and goes on.
     Helper {
         /// The first argument, by which `main` knows the part: `__share`.
         verb: String,

@@ -40,7 +40,7 @@ impl Stream for Queue {
     }
 }
 
-/// Makes the queue: the transports' end, and the listener for [`ttrpc::r#async::Server::add_listener`].
+/// Makes the queue: the transports' end, and the listener for `Server::add_listener` of ttrpc.
 pub fn queue() -> (Door, Listener) {
     let (queue, receiver) = mpsc::channel(BACKLOG);
     (Door { queue }, Listener::new(Queue(receiver)))
