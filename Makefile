@@ -60,7 +60,7 @@ guest: build ## Make the guest's kernel and initrd
 	$(call say,Making the guest)
 	@$(KATA) image build --agent $(AGENT) --busybox /bin/busybox --out $(GUEST)
 
-kernel: build ## Build the small kernel that boots about three times faster (takes a while)
+kernel: build ## Build the small kernel that boots about twice as fast (takes a while)
 	@./tools/packages flex bison bc libelf-dev libssl-dev xz-utils
 	$(call say,Building the small kernel)
 	@$(KATA) kernel build --out $(GUEST)
