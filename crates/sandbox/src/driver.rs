@@ -191,7 +191,7 @@ impl Driver {
     ) -> Result<(), Error> {
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_else(|| "rootfs".into());
         let guest_root = self.share.add_rootfs(id, rootfs, &bundle.join(root))?;
-        let translated = translate::translate(id, spec, &guest_root, &self.share, self.seccomp)?;
+        let translated = translate::translate(id, spec, bundle, &guest_root, &self.share, self.seccomp)?;
         hooks::run(Point::Create, spec, id, bundle, self.vmm.pid()).await?;
         let request = CreateContainerRequest {
             container_id: id.to_owned(),

@@ -68,12 +68,18 @@ async fn one(hook: &Hook, state: &str) -> Result<(), Error> {
     }
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut child = command.spawn().map_err(|error| failed(error.to_string()))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A hook need not read its input.
-        drop(stdin.write_all(state.as_bytes()).await);
-    }
     let limit = hook.timeout().and_then(|secs| u64::try_from(secs).ok()).map_or(LIMIT, Duration::from_secs);
-    let output = tokio::time::timeout(limit, child.wait_with_output())
+    let end = async {
+        let stdin = child.stdin.take();
+        // A hook need not read its input, and may write before it does.
+        let say = async {
+            if let Some(mut stdin) = stdin {
+                drop(stdin.write_all(state.as_bytes()).await);
+            }
+        };
+        tokio::join!(say, child.wait_with_output()).1
+    };
+    let output = tokio::time::timeout(limit, end)
         .await
         .map_err(|_| failed(format!("it took longer than {} s", limit.as_secs())))?
         .map_err(|error| failed(error.to_string()))?;
@@ -81,4 +87,28 @@ async fn one(hook: &Hook, state: &str) -> Result<(), Error> {
         return Ok(());
     }
     Err(failed(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hook(script: &str, timeout: i64) -> Hook {
+        serde_json::from_value(json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "timeout": timeout })).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_hook_reads_the_state_and_its_failure_is_told() {
+        one(&hook("read line; test \"$line\" = the-state", 10), "the-state\n").await.unwrap();
+        let error = one(&hook("echo why >&2; exit 3", 10), "{}").await.unwrap_err();
+        assert!(error.to_string().contains("why") && error.to_string().contains('3'), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_hook_that_reads_nothing_holds_nobody_beyond_its_time() {
+        let large = "x".repeat(1 << 20);
+        one(&hook("exit 0", 10), &large).await.unwrap();
+        let error = one(&hook("exec sleep 100", 1), &large).await.unwrap_err();
+        assert!(error.to_string().contains("longer than 1 s"), "{error}");
+    }
 }

@@ -33,6 +33,9 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// How far apart the ends of the machine and of its file server may be.
 const GOODBYE: Duration = Duration::from_millis(500);
 
+/// How long the VMM's end may take to become known after the connection to the agent broke.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// A machine that is up, and all that belongs to it.
 #[derive(Debug)]
 pub(crate) struct Launched {
@@ -95,7 +98,13 @@ pub(crate) async fn launch(spec: &SandboxSpec, journal: &Arc<Journal>) -> Result
     let vmm = vmm::qemu::launch(machine, journal.as_ref()).await?;
     tokio::spawn(attend(words, Arc::clone(&vmm)));
     let agent = answer(spec, &vmm, &socket, &dir).await?;
-    tell(spec, &agent).await?;
+    if let Err(error) = tell(spec, &agent).await {
+        // When it is the machine that ended, its end says more than the broken connection.
+        if !matches!(error, Error::AgentLost(_)) {
+            return Err(error);
+        }
+        return Err(tokio::time::timeout(LAST_WORDS, vmm.wait()).await.map_or(error, Error::Vmm));
+    }
 
     let summary = Summary {
         id: spec.id.clone(),
@@ -194,14 +203,16 @@ async fn answer(spec: &SandboxSpec, vmm: &Arc<dyn Vmm>, socket: &Path, dir: &Pat
         agent = Agent::connect(socket, spec.config.agent.request_timeout) => match agent {
             Ok(agent) => Ok(agent),
             // The channel closes when the VMM ends; its end says more.
-            Err(source) => match tokio::time::timeout(Duration::from_secs(2), vmm.wait()).await {
+            Err(source) => match tokio::time::timeout(LAST_WORDS, vmm.wait()).await {
                 Ok(exit) => Err(Error::Vmm(exit)),
                 Err(_) => Err(Error::Channel { path: socket.to_owned(), source }),
             },
         },
         exit = vmm.wait() => Err(Error::Vmm(exit)),
         () = tokio::time::sleep(limit) => {
-            let console = fs::read_to_string(dir.join("console.log")).unwrap_or_default();
+            let console = fs::read(dir.join("console.log")).unwrap_or_default();
+            // The guest may write anything there.
+            let console = String::from_utf8_lossy(&console);
             let lines: Vec<&str> = console.lines().rev().take(15).collect();
             let console = lines.into_iter().rev().collect::<Vec<_>>().join("\n");
             // A machine whose agent is silent is of no use to anybody.

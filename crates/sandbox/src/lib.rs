@@ -266,7 +266,11 @@ impl Sandbox {
     async fn ask(&self, request: impl FnOnce(oneshot::Sender<Result<(), Error>>) -> Request) -> Result<(), Error> {
         let (reply, answer) = oneshot::channel();
         self.requests.send(request(reply)).await.map_err(|_| Error::Stopped)?;
-        answer.await.map_err(|_| Error::Stopped)?
+        match answer.await.map_err(|_| Error::Stopped)? {
+            // The connection breaks some moments before the VMM is known to be gone.
+            Err(Error::AgentLost(error)) => Err(driver::cause_of_loss(&mut self.exited.clone(), error).await),
+            other => other,
+        }
     }
 
     /// Runs a request to the agent; when the machine ends first, its last words are the answer.

@@ -39,10 +39,11 @@ pub(crate) struct Translated {
     pub(crate) sandbox_pidns: bool,
 }
 
-/// Translates a container's configuration; `rootfs` is its path in the guest.
+/// Translates a container's configuration, read in `bundle`; `rootfs` is its path in the guest.
 pub(crate) fn translate(
     id: &str,
     spec: &Spec,
+    bundle: &Path,
     rootfs: &str,
     share: &Share,
     seccomp: bool,
@@ -74,7 +75,7 @@ pub(crate) fn translate(
     }
     if let Some(mounts) = value["mounts"].as_array_mut() {
         for mount in mounts {
-            translate_mount(id, mount, share)?;
+            translate_mount(id, mount, bundle, share)?;
         }
     }
     Ok(Translated { spec: wire::message(&value, "")?, sandbox_pidns })
@@ -179,7 +180,7 @@ fn is_portable(device: &Value) -> bool {
 }
 
 /// Bind mounts are placed in the share; every other kind is the guest's own business.
-fn translate_mount(id: &str, mount: &mut Value, share: &Share) -> Result<(), Error> {
+fn translate_mount(id: &str, mount: &mut Value, bundle: &Path, share: &Share) -> Result<(), Error> {
     let options: Vec<&str> =
         mount["options"].as_array().map_or_else(Vec::new, |options| options.iter().filter_map(Value::as_str).collect());
     let bind = mount["type"] == "bind" || options.iter().any(|option| matches!(*option, "bind" | "rbind"));
@@ -195,7 +196,8 @@ fn translate_mount(id: &str, mount: &mut Value, share: &Share) -> Result<(), Err
         // The kernel's own files: the guest has its own.
         json!(source)
     } else {
-        json!(share.add_bind(id, Path::new(&source), read_only)?)
+        // The specification has relative sources begin at the bundle, not where this process happens to be.
+        json!(share.add_bind(id, &bundle.join(&source), read_only)?)
     };
     mount["type"] = json!("bind");
     Ok(())
