@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use e2e::engine::{Containerd, KATA, RUNC, fresh_name};
+use e2e::residue::Bystanders;
 use e2e::{image, prefix};
 
 /// Rounds of each measurement; `ROUNDS` overrides it.
@@ -40,6 +41,7 @@ fn main() {
     row("ctr run to first output", first_output.0.clone(), first_output.1);
     row("ctr run --rm, whole", whole.0, whole.1);
 
+    let others = Bystanders::take();
     let kata = containerd.sleeper(KATA, &[]);
     let runc = containerd.sleeper(RUNC, &[]);
     let mut exec = (Vec::new(), Vec::new());
@@ -48,7 +50,7 @@ fn main() {
         exec.1.push(exec_once(&containerd, &runc));
     }
     row("exec to its end", exec.0, exec.1);
-    let memory = memory::of_pod();
+    let memory = memory::of_pod(&others);
     containerd.remove(&kata);
     containerd.remove(&runc);
 

@@ -76,13 +76,8 @@ impl Bystanders {
 
     /// The newcomers whose command line contains `sign`, the newest last.
     pub fn newcomers(&self, sign: &str) -> Vec<u32> {
-        let mut found: Vec<u32> = pids()
-            .filter(|pid| !self.0.contains(pid))
-            .filter(|pid| {
-                let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                String::from_utf8_lossy(&command).replace('\0', " ").contains(sign)
-            })
-            .collect();
+        let mut found: Vec<u32> =
+            pids().filter(|pid| !self.0.contains(pid)).filter(|pid| command_line(*pid).contains(sign)).collect();
         found.sort_unstable();
         found
     }
@@ -92,17 +87,18 @@ fn pids() -> impl Iterator<Item = u32> {
     entries(Path::new("/proc")).into_iter().filter_map(|dir| dir.file_name()?.to_str()?.parse().ok())
 }
 
+/// The words of a process' command line; nothing for one that has ended.
+fn command_line(pid: u32) -> String {
+    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&command).replace('\0', " ")
+}
+
 /// Programs that belong to a container; any other process of the host is not ours to judge.
 const OURS: &[&str] = &["kata", "qemu-system", "containerd-shim", "runc", "vhost"];
 
 fn processes(things: &mut BTreeSet<String>) {
-    for dir in entries(Path::new("/proc")) {
-        let Some(pid) = dir.file_name().and_then(|name| name.to_str()).filter(|name| name.parse::<u32>().is_ok())
-        else {
-            continue;
-        };
-        let Ok(command) = fs::read(dir.join("cmdline")) else { continue };
-        let command = String::from_utf8_lossy(&command).replace('\0', " ");
+    for pid in pids() {
+        let command = command_line(pid);
         let program = command.split(' ').next().unwrap_or_default().rsplit('/').next().unwrap_or_default();
         if OURS.iter().any(|ours| program.starts_with(ours)) {
             things.insert(format!("process {pid} {}", command.trim_end().chars().take(120).collect::<String>()));
